@@ -15,7 +15,7 @@ endif
 
 BROWSERS := chromium chromium-browser google-chrome
 
-.PHONY: help demo planted exhausted schedules test rfc check bench torture comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
+.PHONY: help demo planted exhausted schedules test rfc check bench torture comparison browser compose lock dask compiled clean venv venv-dev venv-bench venv-dask venv-compiled
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -72,10 +72,13 @@ lock: ## compile requirements*.in into requirements*.lock (needs uv)
 	@test -n "$(UV)" || { echo "make lock: uv is not on PATH (pip install uv)" >&2; exit 1; }
 	$(UV) pip compile $(LOCK_FLAGS) requirements.in -o requirements.lock
 	$(UV) pip compile $(LOCK_FLAGS) requirements-dask.in -o requirements-dask.lock
+	$(UV) pip compile $(LOCK_FLAGS) requirements-compiled.in -o requirements-compiled.lock
 	$(UV) pip compile $(LOCK_FLAGS) requirements-dev.in -o requirements-dev.lock
 	$(UV) pip compile $(LOCK_FLAGS) requirements-bench.in -o requirements-bench.lock
 
 dask: venv-dask ## what `qemu-shim campaign --scheduler` needs, for this machine and for workers
+
+compiled: venv-compiled ## what makes ranges of a large table fast: code that numba compiles
 
 clean: ## remove .venv and everything generated
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -86,8 +89,9 @@ venv: .venv/run.stamp
 venv-dev: .venv/dev.stamp
 venv-bench: .venv/bench.stamp
 venv-dask: .venv/dask.stamp
+venv-compiled: .venv/compiled.stamp
 
-.venv/made.stamp: requirements.lock requirements-dask.lock requirements-dev.lock requirements-bench.lock
+.venv/made.stamp: requirements.lock requirements-dask.lock requirements-compiled.lock requirements-dev.lock requirements-bench.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) must be Python 3.11 or newer; say make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -100,12 +104,18 @@ venv-dask: .venv/dask.stamp
 	$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv/dev.stamp: .venv/run.stamp
+.venv/dev.stamp: .venv/compiled.stamp
 	$(INSTALL) --require-hashes -r requirements-dev.lock
 	@touch $@
 
-.venv/bench.stamp: .venv/run.stamp
+.venv/bench.stamp: .venv/compiled.stamp
 	$(INSTALL) --require-hashes -r requirements-bench.lock
+	@touch $@
+
+# Compiled once here, and not by the first daemon that has a use for it.
+.venv/compiled.stamp: .venv/run.stamp
+	$(INSTALL) --require-hashes -r requirements-compiled.lock
+	$(BIN)/python -m protocol.pt.kernels
 	@touch $@
 
 .venv/dask.stamp: .venv/run.stamp

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvmd.core.host import CpuFeatures, Obstacle
 from kvmd.core.mm.frames import Reuse
-from kvmd.core.tables.zap import ZAP_BATCH
+from kvmd.core.tables.zap import COMPILED_BATCH, ZAP_BATCH
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_END, LOW_RAM_START
 from protocol.options import bytes_of, parser
 from protocol.units import GIB, MIB, Level
@@ -30,7 +30,7 @@ class Settings:
     trust_importers: bool = False
     started_with: tuple[str, ...] = ()
     reuse: Reuse = Reuse.SOON  # of frames that were given up
-    zap_batch: int = ZAP_BATCH
+    zap_batch: int | None = None
     seq_start: int = 0  # of the invalidations that each VM counts
 
 
@@ -67,7 +67,7 @@ def _check_sizes(options: argparse.ArgumentParser, given: argparse.Namespace) ->
         options.error(f"--ram {given.ram}: whole GiB, 1G to 32T")
     if given.table_ram % MIB or not MIB <= given.table_ram <= LOW_RAM_END - LOW_RAM_START:
         options.error(f"--table-ram {given.table_ram}: whole MiB, 1M to 2047M")
-    if given.zap_batch < 1:
+    if given.zap_batch is not None and given.zap_batch < 1:
         options.error(f"--zap-batch {given.zap_batch}: at least 1")
     if HIGH_RAM_START + given.ram > 1 << given.maxphyaddr:
         options.error(f"--ram {given.ram}: does not fit in {given.maxphyaddr} physical address bits")
@@ -101,9 +101,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options.add_argument(
         "--zap-batch",
         type=int,
-        default=ZAP_BATCH,
         metavar="N",
-        help=f"leaves that a zap clears and flushes before others get a turn ({ZAP_BATCH})",
+        help="leaves that a zap clears and flushes before others get a turn "
+        f"({ZAP_BATCH}; {COMPILED_BATCH} by compiled code)",
     )
     options.add_argument(
         "--no-frame-tags",

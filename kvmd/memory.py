@@ -57,6 +57,7 @@ class HostMemory:
             reuse=settings.reuse,
             seq_start=settings.seq_start,
             zap_batch=settings.zap_batch,
+            load_compiled=self._maps[0].compiled,
             cond_resched=cond_resched,
         )
 

@@ -18,9 +18,9 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import MmState
+from kvmd.core.tables.compiled import Compiled, Load
 from kvmd.core.tables.root_policy import CPUS, RootPolicy
 from kvmd.core.tables.tdp_table import Role
-from kvmd.core.tables.zap import ZAP_BATCH
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS, FrameTags
@@ -89,7 +89,8 @@ class HostKernel:
         memlock_pages: int | None = None,
         reuse: Reuse = Reuse.SOON,
         seq_start: int = 0,
-        zap_batch: int = ZAP_BATCH,
+        zap_batch: int | None = None,
+        load_compiled: Load | None = None,
         cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
@@ -100,6 +101,7 @@ class HostKernel:
         self.cond_resched = cond_resched  # awaited by long work: everybody else gets a turn
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)
         self.writer = TableWriter(tables.base, tables.view)
+        self.compiled = Compiled(self.writer, load_compiled)
         self.pool = TablePool(self.writer, tables.size)
         self.frames = Frames(frames.base, frames.view, discard, tags, reuse)
         self.memory = PageAllocator(self.frames, lambda: self.cond_resched(), memlock_pages)

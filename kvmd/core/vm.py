@@ -74,6 +74,7 @@ class Kvm:
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=host.features.pml
         )
+        self.mmu.compiled = host.compiled
         zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched(), host.zap_batch)
         self.tdp = VmTdp(self.mmu, self.flusher, zapper)
 

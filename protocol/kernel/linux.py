@@ -20,15 +20,22 @@ import select
 import socket
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from time import monotonic_ns, time_ns
+from types import ModuleType
 from typing import Final
+
+import structlog
 
 from protocol.kernel.asked import asked, told
 from protocol.kernel.closer import Closer
 from protocol.kernel.port import BACKLOG, BrokenEvent, Bytes, Mapping, Poller, SharedEvent, StreamSocket
+
+log = structlog.get_logger("kernel")
 
 SO_COOKIE: Final = 57  # not in the socket module
 F_SEAL_FUTURE_WRITE: Final = 0x10  # not in the fcntl module before Python 3.13
@@ -51,9 +58,23 @@ class MappedFile:
             for at in range(offset, offset + size, len(_ZEROES)):
                 self._mapping[at : at + len(_ZEROES)] = _ZEROES
 
+    def compiled(self, module: str, ready: Callable[[ModuleType], None]) -> None:
+        """The process does not end before it has come."""
+        Thread(target=_load, args=(module, ready), name=f"import {module}").start()
+
     def close(self) -> None:
         self.view.release()
         self._mapping.close()
+
+
+def _load(module: str, ready: Callable[[ModuleType], None]) -> None:
+    try:
+        loaded = import_module(module)
+    except ImportError as error:
+        log.info("goes on without compiled code", module=module, why=str(error))
+    else:
+        ready(loaded)
+        log.info("compiled code has come", module=module)
 
 
 class EventFd:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, Protocol
 
 BACKLOG: Final = 64  # of who listens: one more waits to be accepted, and whoever comes then is told EAGAIN
@@ -76,6 +77,11 @@ class Mapping(Protocol):
     def view(self) -> memoryview: ...
     def discard(self, offset: int, size: int) -> None:
         """Whole pages read as zeroes again, for everybody, and cost nothing."""
+
+    def compiled(self, module: str, ready: Callable[[ModuleType], None]) -> None:
+        """Import a module of compiled code that works on such memory, beside what runs, and call `ready` with
+        it, from another thread; never where it cannot be had, or may not work here.
+        """
 
     def close(self) -> None:
         """BufferError: somebody still has part of `view`."""

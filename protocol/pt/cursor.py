@@ -76,7 +76,6 @@ class Cursor:
     """Over frames start..end (cut to the table's width) of the table at `root`, no lower than `lowest`."""
 
     __slots__ = (
-        "_end",
         "_entered",
         "_format",
         "_in_table_entry",
@@ -86,6 +85,7 @@ class Cursor:
         "_start",
         "_tables",
         "_with_tables",
+        "end",
         "frame",
         "level",
     )
@@ -108,7 +108,7 @@ class Cursor:
         self._lowest = lowest
         self._with_tables = with_tables
         self._start = start
-        self._end = limit if end is None or end > limit else end
+        self.end = limit if end is None or end > limit else end
         self._path: list[int] = [root] * (levels + 1)  # the table page of each level
         self.frame = start  # the first that no run covered yet
         self.level: int = levels
@@ -133,7 +133,7 @@ class Cursor:
 
     def next(self) -> EntryRun | None:
         """The entries that follow, as far as they make one run.  None: there are no more."""
-        frame, end, level = self.frame, self._end, self.level
+        frame, end, level = self.frame, self.end, self.level
         tables, path, lowest = self._tables, self._path, self._lowest
         while frame < end:
             while frame >> INDEX_BITS * level != self._entered:  # step up

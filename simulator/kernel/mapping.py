@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable
 from ctypes import c_ubyte
 from functools import cache
+from types import ModuleType
 from typing import Any
 from weakref import ref
 
@@ -38,6 +39,9 @@ class SimMapping:
     def discard(self, offset: int, size: int) -> None:
         self._memory.bytes.madvise(mmap.MADV_DONTNEED, offset, size)
         self._discarded(self._memory, offset, size)
+
+    def compiled(self, module: str, ready: Callable[[ModuleType], None]) -> None:
+        """Never: it works on memory where nobody could come between two accesses."""
 
     def close(self) -> None:
         self.view.release()

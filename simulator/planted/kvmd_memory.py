@@ -73,8 +73,8 @@ KVMD_MEMORY = (
         [
             Edit(
                 "kvmd.core.tables.tdp_log:protect",
-                "bit = small if run.level == LEVEL_4K else bits.WRITE",
-                "bit = small if run.level == LEVEL_4K else 0",
+                "edit, WRITE_PROTECT, wanted)",
+                "edit, edit._replace(clear=0), wanted)",
             ),
             Edit("kvmd.core.tables.tdp_mmu:split", "if count == budget:", "if True:"),
         ],

@@ -268,7 +268,7 @@ KVMD_TDP = (
         "I18",
         [Edit(f"{_ZAPPER}.zap", "cursor.resume()", "pass")],
         races=["B-33"],
-        # A batch that ends within a table begins anew at the root (zap_some); one that ends with it goes on
+        # A batch that ends within a table begins anew at the root (ranges); one that ends with it goes on
         # in the table above, whose place only a leaf of 1 GiB takes.
         simulated=False,
     ),
@@ -447,9 +447,9 @@ KVMD_TDP = (
         "I22",
         [
             Edit(
-                "kvmd.core.tables.tdp_mmu:_zapped",
-                "return mmu.skip_pinned(root, run, new)",
-                "return new",
+                "kvmd.core.tables.ranges:edit_leaves",
+                "new = mmu.skip_pinned(root, run, new)",
+                "new = mmu.skip_pinned(root, run, new) if edit is not ZAP else new",
             )
         ],
         races=["R22"],

@@ -11,7 +11,7 @@ import pytest
 
 from tests.tidy.source import DAEMONS, PRODUCT, ROOT, files
 
-LOCKS = tuple(f"requirements{name}.lock" for name in ("", "-dask", "-dev", "-bench"))
+LOCKS = tuple(f"requirements{name}.lock" for name in ("", "-dask", "-compiled", "-dev", "-bench"))
 REQUIREMENT = re.compile(r"^([A-Za-z0-9][\w.-]*)==(\S+)")
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:work|root)/")
 
@@ -62,8 +62,8 @@ def test_a_bad_lock_is_seen() -> None:
 
 
 def test_one_environment_serves_all_locks() -> None:
-    runtime, dask, dev, bench = map(pins, LOCKS)
-    assert runtime.items() | dask.items() <= dev.items()
+    runtime, dask, compiled, dev, bench = map(pins, LOCKS)
+    assert runtime.items() | dask.items() | compiled.items() <= dev.items()
     assert {name: dev[name] for name in bench.keys() & dev.keys()}.items() <= bench.items()
 
 

@@ -65,8 +65,11 @@ class Cpu:
 
     def flush_tlb(self, span: GfnSpan | None) -> None:
         """INVEPT: forget `span`, or everything."""
-        if span is None or span.npages > len(self.tlb):
-            self.tlb = {} if span is None else {g: t for g, t in self.tlb.items() if g not in span}
+        if span is None:
+            self.tlb = {}
+        elif span.npages > len(self.tlb):
+            start, end = span.start, span.end
+            self.tlb = {gfn: hit for gfn, hit in self.tlb.items() if not start <= gfn < end}
         else:
             for gfn in range(span.start, span.end):
                 self.tlb.pop(Gfn(gfn), None)

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import errno
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
-from kvmd.core.slots.dirty_bitmap import WORD_PAGES, DirtyBitmap, bitmap_bytes, is_set, runs
+from kvmd.core.slots.dirty_bitmap import WORD_PAGES, DirtyBitmap, bitmap_bytes, runs
 from kvmd.core.slots.dirty_ring import DirtyRing, reserved_entries
 from kvmd.core.slots.memslot import Memslot, Memslots
-from kvmd.core.slots.store_record import StoreRecord
+from kvmd.core.slots.store_record import REGION_PAGES, StoreRecord
 from kvmd.core.tables import tdp_log, tdp_mmu
 from kvmd.core.tables.root_policy import RootPolicy
 from kvmd.core.tables.tdp import VmTdp
@@ -31,11 +31,12 @@ from kvmd.core.tables.tdp_mmu import SPLIT_BATCH
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.pt.geometry import entry_span
+from protocol.pt.leaf_edit import SomePages
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hva, Level
 
 MANUAL_PROTECT_ENABLE = 1
 MANUAL_INITIALLY_SET = 2
-_REGION_PAGES = 512  # entries of a ring that lie this close are protected in one walk
+_WHOLE_REGION = (1 << REGION_PAGES) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,8 @@ class DirtyLog:
             for root in self._mmu.logged_roots(slot.as_id):
                 tdp_mmu.split(self._mmu, root, slot.span, LEVEL_4K)
                 tdp_log.protect(self._mmu, root, slot.span)
-            with self.stores.telling(lambda number, _: number == slot.number):  # who asks copies all first
+            told = {slot.number: _WHOLE_REGION}  # who asks copies all first
+            with self.stores.telling(lambda number, _: told.get(number, 0)):
                 await self._flusher.flush(slot.span)
 
     # awaits: slot, each root, root, level_of: cannot change: under the slots_lock, which removing a slot or
@@ -193,12 +195,11 @@ class DirtyLog:
             taken = [entry for ring in self.rings.values() for entry in ring.take_back()]
             pages: dict[tuple[int, int], set[int]] = defaultdict(set)
             for entry in taken:
-                pages[entry.slot, entry.offset // _REGION_PAGES].add(entry.offset)
+                pages[entry.slot, entry.offset // REGION_PAGES].add(entry.offset)
             for (number, _), offsets in pages.items():
                 self._protect_offsets(number, offsets)
             if taken:
-                told = {(entry.slot, entry.offset) for entry in taken}
-                with self.stores.telling(lambda number, page: (number, page) in told):
+                with self.stores.telling(partial(_tells_of, pages)):
                     await self._flusher.flush(None)
             return len(taken)
 
@@ -242,10 +243,10 @@ class DirtyLog:
     async def _protect_again(self, slot: Memslot, first_page: int, bits: bytes) -> None:
         """Pages whose bits were just cleared; nothing may await between that and this."""
         base = slot.base_gfn + first_page
-        flush = False
+        flush, wanted = False, SomePages(Gfn(base), bits)
         for start, end in runs(bits):
             span = GfnSpan(Gfn(base + start), Gfn(min(base + end, slot.span.end)))
-            self._protect(slot, span, lambda gfn: is_set(bits, gfn - base))
+            self._protect(slot, span, wanted)
             flush = True
         if flush:
             await self._flusher.flush(slot.span)
@@ -262,16 +263,23 @@ class DirtyLog:
             return
         base = slot.base_gfn
         span = GfnSpan(Gfn(base + min(there)), Gfn(base + max(there) + 1))
-        self._protect(slot, span, lambda gfn: gfn - base in there)
+        self._protect(slot, span, SomePages.of(base + offset for offset in there))
 
-    def _protect(self, slot: Memslot, span: GfnSpan, wanted: Callable[[Gfn], bool]) -> None:
+    def _protect(self, slot: Memslot, span: GfnSpan, wanted: SomePages) -> None:
         for root in self._mmu.logged_roots(slot.as_id):
             if self.initially_set:  # nothing was split when logging began
                 tdp_mmu.split(self._mmu, root, span, LEVEL_4K, SPLIT_BATCH)
             tdp_log.protect(self._mmu, root, span, wanted)
 
 
-def _tells(slot: Memslot, first_page: int, bits: bytes, number: int, page: int) -> bool:
-    """Is `page` of slot `number` among `bits`, those of `slot` from `first_page` on?"""
-    at = page - first_page
-    return number == slot.number and 0 <= at < 8 * len(bits) and is_set(bits, at)
+def _tells(slot: Memslot, first_page: int, bits: bytes, number: int, region: int) -> int:
+    """Which pages of a region of slot `number` are among `bits`, those of `slot` from `first_page` on."""
+    if number != slot.number:
+        return 0
+    at, size = (region * REGION_PAGES - first_page) // 8, REGION_PAGES // 8
+    return int.from_bytes(bits[max(at, 0) : max(at + size, 0)], "little") << 8 * max(-at, 0)
+
+
+def _tells_of(pages: Mapping[tuple[int, int], set[int]], number: int, region: int) -> int:
+    """Which are among `pages`, which are listed by slot and region."""
+    return sum(1 << page % REGION_PAGES for page in pages.get((number, region), ()))

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from kvmd.core.slots.memslot import Memslot, Memslots
 from protocol.units import Gfn
 
-Told = Callable[[int, int], bool]  # does a report tell of (number of a slot, page of it)?
+REGION_PAGES = 512  # are put down as one number, a bit a page
+
+Told = Callable[[int, int], int]  # which pages a report tells of, of (number of a slot, region of it)
 
 
 class StoreRecord:
@@ -24,27 +26,33 @@ class StoreRecord:
 
     def __init__(self, slots: Memslots) -> None:
         self._slots = slots
-        self._untold: dict[int, set[int]] = {}  # number of a slot -> pages of it
+        self._untold: dict[tuple[int, int], int] = {}  # (number of a slot, region of it) -> pages
         self._reports: list[Told] = []  # on their way
-        self._down: set[tuple[int, Gfn]] = set()  # put down since anything of this changed: nothing to add
+        # Put down since anything of this changed, so that there is nothing to add: address space, gfns.
+        self._down: dict[tuple[int, int], int] = {}
 
     def stored(self, as_id: int, gfn: Gfn) -> None:
         """A store to a page of `gfn` is made in this turn."""
-        if not self._slots.logging or (as_id, gfn) in self._down:
+        if not self._slots.logging:
+            return
+        here, bit = (as_id, gfn // REGION_PAGES), 1 << gfn % REGION_PAGES
+        down = self._down.get(here, 0)
+        if down & bit:
             return
         slot = self._slots.find(gfn, as_id)
         if slot is None or not slot.logs:
             return
-        page = gfn - slot.base_gfn
-        if not any(told(slot.number, page) for told in self._reports):
-            self._untold.setdefault(slot.number, set()).add(page)
-            self._down.add((as_id, gfn))
+        region, index = divmod(gfn - slot.base_gfn, REGION_PAGES)
+        if not any(told(slot.number, region) >> index & 1 for told in self._reports):
+            self._untold[slot.number, region] = self._untold.get((slot.number, region), 0) | 1 << index
+            self._down[here] = down | bit
 
     @contextmanager
     def telling(self, told: Told) -> Iterator[None]:
         """Around a report, from when its bits are taken until user space has it."""
-        for number, pages in self._untold.items():
-            pages.difference_update([page for page in pages if told(number, page)])
+        self._untold = {
+            where: left for where, pages in self._untold.items() if (left := pages & ~told(*where))
+        }
         self._reports.append(told)
         self._down.clear()
         try:
@@ -57,11 +65,12 @@ class StoreRecord:
         self._down.clear()
         now = self._slots.numbered(slot.number)
         if now is None or not now.logs:
-            self._untold.pop(slot.number, None)
+            self._untold = {where: pages for where, pages in self._untold.items() if where[0] != slot.number}
 
     def untold(self) -> Iterator[tuple[Memslot, Gfn]]:
-        for number, pages in self._untold.items():
+        for (number, region), pages in self._untold.items():
             slot = self._slots.numbered(number)
             assert slot is not None, "its pages went with it"
-            for page in pages:
-                yield slot, Gfn(slot.base_gfn + page)
+            for index in range(REGION_PAGES):
+                if pages >> index & 1:
+                    yield slot, Gfn(slot.base_gfn + region * REGION_PAGES + index)

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from protocol.pt import bits
 from protocol.pt.entry import is_leaf
 from protocol.pt.geometry import INDEX_BITS, entry_start
-from protocol.units import LEVEL_4K, Gfn, Level, pages_of_level
+from protocol.pt.leaf_edit import LeafEdit, SomePages
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Level, pages_of_level
 
 REGION = 1 << INDEX_BITS
 
@@ -24,6 +25,7 @@ MAPPED = (READ_ONLY, WRITABLE)
 
 _WHOLE = tuple(bytes([state]) * REGION for state in range(4))
 _ZAP = bytes.maketrans(bytes(MAPPED), bytes([ZAPPED, ZAPPED]))
+_PROTECT = bytes.maketrans(bytes([WRITABLE]), bytes([READ_ONLY]))
 
 
 class MapRecord:
@@ -64,6 +66,22 @@ class MapRecord:
                 mapped[index] = WRITABLE if entry & bits.WRITE else READ_ONLY
         states[first : first + len(new)] = mapped
 
+    def edit(self, span: GfnSpan, edit: LeafEdit, wanted: SomePages | None) -> None:
+        """That became of the small leaves in `span`, if they are `wanted`; nothing huge maps any of it."""
+        if not edit.clear & (bits.READ | bits.WRITE):
+            return
+        becomes = _ZAP if edit.clear & bits.READ else _PROTECT
+        for number in self._having(range(span.start >> INDEX_BITS, (span.end - 1 >> INDEX_BITS) + 1)):
+            region = self._regions[number]
+            begin = number << INDEX_BITS
+            start, end = max(span.start - begin, 0), min(span.end - begin, REGION)
+            if wanted is None or wanted.all_in(begin + start, begin + end):
+                self._own(number)[start:end] = region[start:end].translate(becomes)
+            else:
+                own = self._own(number)
+                for index in wanted.within(begin + start, begin + end):
+                    own[index - begin] = becomes[own[index - begin]]
+
     def state(self, gfn: Gfn) -> int:
         region = self._regions.get(gfn >> INDEX_BITS)
         return NEVER_MAPPED if region is None else region[gfn & REGION - 1]
@@ -89,11 +107,14 @@ class MapRecord:
         return states
 
     def _zap(self, gfn: Gfn, level: Level) -> None:
-        regions = _regions_of(gfn, level)
-        few = len(self._regions) < len(regions)
-        for region in [region for region in self._regions if region in regions] if few else regions:
-            if region in self._regions:
-                self._regions[region] = self._regions[region].translate(_ZAP)
+        for region in self._having(_regions_of(gfn, level)):
+            self._regions[region] = self._regions[region].translate(_ZAP)
+
+    def _having(self, regions: range) -> list[int]:
+        """Those of them that have a state."""
+        if len(self._regions) < len(regions):
+            return [region for region in self._regions if region in regions]
+        return [region for region in regions if region in self._regions]
 
 
 def _regions_of(gfn: Gfn, level: Level) -> range:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from kvmd.core.tables.ranges import CLEAR_DIRTY, WRITE_PROTECT, edit_leaves
 from kvmd.core.tables.spte import MAY_WRITE, restored
 from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.pt import bits
-from protocol.pt.cursor import EntryRun, RangeEntry
+from protocol.pt.cursor import RangeEntry
 from protocol.pt.entry import is_frozen, is_writable
 from protocol.pt.geometry import MAX_LEAF_LEVEL, entry_span
+from protocol.pt.leaf_edit import SomePages
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Level
 
 
@@ -24,21 +26,15 @@ def logs_by_dirty_bit(mmu: TdpMmu, root: Root) -> bool:
     return mmu.pml and root.role.ad_enabled and not root.exported
 
 
-def protect(mmu: TdpMmu, root: Root, span: GfnSpan, wanted: Callable[[Gfn], bool] | None = None) -> bool:
+def protect(mmu: TdpMmu, root: Root, span: GfnSpan, wanted: SomePages | None = None) -> bool:
     """Make the next store to pages of `span` (that are `wanted`) one that is noticed.  Whether to flush.
 
     A huge leaf is write-protected whatever part of it is wanted: a store to it must fault, to be split.
     """
     mmu.may_lack_write = True
-    small = bits.DIRTY if logs_by_dirty_bit(mmu, root) else bits.WRITE
-    cleared = 0
-    for run in mmu.cursor(root, span):
-        bit = small if run.level == LEVEL_4K else bits.WRITE
-        new = [entry & ~bit if entry & bits.MMU_PRESENT else entry for entry in run.entries]
-        if run.level == LEVEL_4K and wanted is not None:
-            _keep_unwanted(run, new, wanted)
-        cleared += mmu.change_run(root, run, mmu.skip_pinned(root, run, new))  # pinned is always dirty
-    return cleared > 0
+    edit = CLEAR_DIRTY if logs_by_dirty_bit(mmu, root) else WRITE_PROTECT
+    cleared = edit_leaves(mmu, root, mmu.cursor(root, span), edit, WRITE_PROTECT, wanted)
+    return cleared > 0  # what is pinned is always dirty
 
 
 def unnoticed(mmu: TdpMmu, as_id: int, span: GfnSpan) -> Iterator[GfnSpan]:
@@ -87,9 +83,3 @@ def thaw(mmu: TdpMmu, root: Root, met: RangeEntry) -> None:
     _, at, entry = mmu.seek(root, met.gfn, met.level)
     if at == met.at and is_frozen(entry):
         mmu.change(root, met.gfn, met.level, met.at, bits.FROZEN, bits.EMPTY)
-
-
-def _keep_unwanted(run: EntryRun, new: list[int], wanted: Callable[[Gfn], bool]) -> None:
-    for index, was in enumerate(run.entries):
-        if was != new[index] and not wanted(Gfn(run.frame + index)):
-            new[index] = was

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvmd.core.tables.spte import aged, is_young, make_mmio_entry, mmio_generation
+from kvmd.core.tables.ranges import CLEAR_ACCESSED, TRACK_ACCESS, ZAP, edit_leaves
+from kvmd.core.tables.spte import make_mmio_entry, mmio_generation
 from kvmd.core.tables.tdp_table import Root, RootEvent, RootState, TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
-from protocol.pt.cursor import Cursor, EntryAt, EntryRun, filled
+from protocol.pt.cursor import Cursor, EntryAt, filled
 from protocol.pt.entry import is_access_tracked, is_frozen, is_mmio, is_present, is_writable
 from protocol.pt.geometry import ENTRY_BYTES, INDEX_BITS, entry_span
 from protocol.trace import TRACE, KvmMmuSetSpte, MarkMmioSpte
@@ -146,30 +147,13 @@ def zap_leafs(mmu: TdpMmu, span: GfnSpan) -> bool:
     flush."""
     zapped = 0
     for root in mmu.roots:
-        for run in mmu.cursor(root, span):
-            zapped += mmu.change_run(root, run, _zapped(mmu, root, run))
+        zapped += edit_leaves(mmu, root, mmu.cursor(root, span), ZAP)
     return zapped > 0
 
 
 def zap_some(mmu: TdpMmu, root: Root, cursor: Cursor, limit: int) -> int:
     """Clear at most `limit` leaves of one root, on from where `cursor` is.  How many."""
-    count = 0
-    while count < limit and (run := cursor.next()) is not None:
-        new = _zapped(mmu, root, run)
-        if len(new) > limit - count:
-            going = [n for n, (was, now) in enumerate(zip(run.entries, new, strict=True)) if was != now]
-            if len(going) > limit - count:
-                left = going[limit - count]
-                new[left:] = run.entries[left:]
-                cursor.resume(run.frame + (left << INDEX_BITS * (run.level - 1)))
-        count += mmu.change_run(root, run, new)
-    return count
-
-
-def _zapped(mmu: TdpMmu, root: Root, run: EntryRun) -> list[int]:
-    """A run without its leaves, but for those of pinned gfns."""
-    new = [0 if entry & bits.MMU_PRESENT else entry for entry in run.entries]
-    return mmu.skip_pinned(root, run, new)
+    return edit_leaves(mmu, root, cursor, ZAP, limit=limit)
 
 
 def zap_table(mmu: TdpMmu, root: Root, gfn: Gfn, level: Level) -> None:
@@ -184,12 +168,8 @@ def age_leafs(mmu: TdpMmu, span: GfnSpan) -> bool:
     """Mark leaves that overlap `span` as not used.  Whether one was, and so whether to flush."""
     young = 0
     for root in mmu.aged_roots():
-        for run in mmu.cursor(root, span):
-            new = [
-                aged(entry) if entry & bits.MMU_PRESENT and is_young(entry) else entry
-                for entry in run.entries
-            ]
-            young += mmu.change_run(root, run, mmu.skip_pinned(root, run, new))
+        edit = CLEAR_ACCESSED if root.role.ad_enabled else TRACK_ACCESS
+        young += edit_leaves(mmu, root, mmu.cursor(root, span), edit)
     return young > 0
 
 

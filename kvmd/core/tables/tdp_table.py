@@ -2,8 +2,9 @@
 
 What everybody who changes a TDP shares [RFC 35/42]: `tdp_mmu` and `tdp_log` are operations on it.  All of it
 is plain `def`: nothing awaits between reading an entry and storing it, so that pair is our compare and
-exchange.  Every store into a live table is made by `change`, or for leaves of one table page by `change_run`:
-they see to what follows from it [KVM tdp_mmu.c, handle_changed_spte].
+exchange.  Every store into a live table is made by `change`, for leaves of one table page by `change_run`, or
+by compiled code, with `changed_leaves` behind it: they see to what follows from it [KVM tdp_mmu.c,
+handle_changed_spte].
 
 Invariants with their home here: I10 the root of an exported TDP never moves; I16 a root's counters equal its
 table; I18 a table page is linked once; I23 no entry of an IOMMU's root asks for a fault.  I2 and I17 are kept
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
+from kvmd.core.tables.compiled import WORTH_TABLES, Compiled
 from kvmd.core.tables.map_record import MapRecord
 from kvmd.core.tables.root_policy import CPUS, RootPolicy
 from kvmd.core.tables.spte import split_children
@@ -26,6 +28,7 @@ from protocol.pt.cursor import Cursor, EntryAt, EntryRun, RangeEntry, leaves_of,
 from protocol.pt.ept import ept_format
 from protocol.pt.format import TableFormat
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, INDEX_BITS, entry_span, entry_start, gfn_limit
+from protocol.pt.leaf_edit import LeafEdit, SomePages
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.pt.walk import WalkRules
@@ -140,6 +143,7 @@ class TdpMmu:
         self.splits = 0  # huge leaves that became tables
         self.collapses = 0  # tables that became a huge leaf
         self.pinned: PinnedEntries | None = None
+        self.compiled = Compiled(writer)  # code for ranges of leaves: none, unless the host has some
         self.lent_policy = CPUS  # of the roots that TDP FDs lend
         self.may_lack_write = False  # nothing was ever protected: no store can find W taken
         self._vm_id = vm_id
@@ -220,6 +224,8 @@ class TdpMmu:
             return  # MMIO and frozen entries: absent for every walker, before and after
         if links:  # it translates as what was there
             root.tables_at[level - 1] += 1
+            if root.tables_at[LEVEL_4K] == WORTH_TABLES:
+                self.compiled.is_wanted()
         else:
             if old & bits.MMU_PRESENT and (old & ~new & bits.RWX or (old ^ new) & bits.ADDRESS_MASK):
                 root.stale = True
@@ -254,11 +260,22 @@ class TdpMmu:
             if TRACE.on:
                 gfn = Gfn(frame + index * size)
                 TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, was, now))
+        self._count_lost(root, level, lost, gone)
+        root.record.store_run(Gfn(frame), level, old, new)
+        return changed
+
+    def changed_leaves(
+        self, root: Root, span: GfnSpan, edit: LeafEdit, wanted: SomePages | None, lost: int, gone: int
+    ) -> None:
+        """What follows where compiled code made `edit` of the small leaves in `span`: some lost bits, some
+        are gone."""
+        self._count_lost(root, LEVEL_4K, lost, gone)
+        root.record.edit(span, edit, wanted)
+
+    def _count_lost(self, root: Root, level: Level, lost: int, gone: int) -> None:
         if lost & (bits.RWX | bits.ADDRESS_MASK):
             root.stale = True
         root.leaves[level] -= gone
-        root.record.store_run(Gfn(frame), level, old, new)
-        return changed
 
     def _check_pinned(self, root: Root, gfn: Gfn, level: Level, old: int, new: int) -> None:
         """I22 where it is made or broken: a pinned gfn's entry loses nothing, no other entry covers one."""

@@ -10,7 +10,7 @@ from kvmd.core.cpu.cpu import Cpu
 from kvmd.core.cpu.guest_ram import pages_of
 from kvmd.core.cpu.vcpu_arch import VcpuArch
 from kvmd.core.slots.dirty_log import DirtyLog
-from kvmd.core.slots.store_record import StoreRecord, Told
+from kvmd.core.slots.store_record import REGION_PAGES, StoreRecord, Told
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.pt import bits
@@ -102,6 +102,10 @@ def _stored(watch: Watch, original: Any, record: StoreRecord, as_id: int, gfn: G
     watch.ghost.stored(watch.view(record._slots, as_id), gfn)
 
 
+def _tells_of(told: Told, number: int, page: int) -> int:
+    return told(number, page // REGION_PAGES) >> page % REGION_PAGES & 1
+
+
 @seams.around(StoreRecord, "telling")
 @contextmanager
 def _telling(watch: Watch, original: Any, record: StoreRecord, told: Told) -> Iterator[None]:
@@ -110,7 +114,7 @@ def _telling(watch: Watch, original: Any, record: StoreRecord, told: Told) -> It
     reports, reported = [], watch.reported.setdefault(id(record), [])
     for slot in record._slots:
         if slot.logs:
-            pages = [page for page in range(slot.npages) if told(slot.number, page)]
+            pages = [page for page in range(slot.npages) if _tells_of(told, slot.number, page)]
             reported += [(slot.number, page) for page in pages]
             gfns = [slot.base_gfn + page for page in pages]
             reports.append(ghost.report_begins(watch.view(record._slots, slot.as_id), gfns))
