@@ -2,7 +2,8 @@
 
 `CRival` is built from `rivals/` with the system's C compiler, in a directory that goes when the run
 ends.  `Program` is any command that prints {"p50": ns, "p99": ns}, and may add "parts".  `Loop` times
-a Python callable in this process.  `Given` is a limit that is simply stated.
+a Python callable in this process.  `Given` is a limit that is simply stated.  `InParts` makes
+one contender for each thing that a participant times in one run.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.harness import Bench, NotMeasuredError, Sample, Unit
+from bench.harness import Bench, Contender, NotMeasuredError, Sample, Unit
 from bench.timing import percentiles, time_each
 
 RIVALS = Path(__file__).parent / "rivals"
-PROGRAM_S_MAX = 120.0
+PROGRAM_S_MAX = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,45 @@ class Loop:
     def measure(self, bench: Bench) -> Sample:
         p50, p99 = percentiles(time_each(self.setup(), self.count(bench) // self.each, self.batch))
         return Sample(p50 / self.each, p99 / self.each)
+
+
+class InParts:
+    """A participant that times several things in one run: `part(name)` is the contender for one of them,
+    whose p99 is its p50.  A round runs it once, for whichever part is asked first."""
+
+    def __init__(self, participant: Contender) -> None:
+        self.participant = participant
+        self._left: dict[str, float] = {}
+
+    def part(self, name: str) -> Part:
+        return Part(f"{self.participant.name}: {name}", self, name)
+
+    def take(self, part: str, bench: Bench) -> Sample:
+        if part not in self._left:
+            self._left = dict(self.participant.measure(bench).parts)
+        cost = self._left.pop(part)
+        return Sample(cost, cost)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    name: str
+    whole: InParts
+    part: str
+
+    @property
+    def unit(self) -> Unit:
+        return self.whole.participant.unit
+
+    @property
+    def pinned(self) -> bool:
+        return self.whole.participant.pinned
+
+    def prepare(self, bench: Bench) -> None:
+        self.whole.participant.prepare(bench)
+
+    def measure(self, bench: Bench) -> Sample:
+        return self.whole.take(self.part, bench)
 
 
 @dataclass(frozen=True, slots=True)

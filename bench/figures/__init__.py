@@ -13,6 +13,7 @@ from bench.figures.invalidation import INVALIDATION
 from bench.figures.io_fault import IO_FAULT
 from bench.figures.limits import LIMITS
 from bench.figures.memory import MEMORY
+from bench.figures.ranges import RANGES
 from bench.figures.rpc import RPC
 from bench.figures.schedules import SCHEDULES
 from bench.figures.slots import SLOTS
@@ -32,4 +33,5 @@ FIGURES: tuple[Figure, ...] = (
     MEMORY,
     SCHEDULES,
     SLOTS,
+    RANGES,
 )

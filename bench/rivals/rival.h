@@ -122,3 +122,11 @@ static inline long count_argument(int argc, char **argv)
 	}
 	return count;
 }
+
+/* Of memory that is changed as a whole: 20,000 is 1 GiB, and a table of level 1 is not cut. */
+static inline long pages_of(long count)
+{
+	long pages = count * 262144 / 20000 / 512 * 512;
+
+	return pages < 512 ? 512 : pages;
+}

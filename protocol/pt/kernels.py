@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from protocol.pt.bits import SAVED_SHIFT
 from protocol.pt.format import TableFormat
 from protocol.pt.geometry import ENTRIES, INDEX_BITS, MAX_LEVEL
-from protocol.pt.leaf_edit import LeafEdit, RangeChange, SomePages
+from protocol.pt.leaf_edit import ALL_BITS, LeafEdit, RangeChange, SomePages
 from protocol.pt.mem import TableWriter
 from protocol.units import Hpa, Level
 
@@ -57,6 +57,22 @@ def _store(_: Any, words: Any, index: Any, value: Any) -> Any:
     return types.void(words, _U64, _U64), code
 
 
+@njit  # type: ignore[untyped-decorator]
+def _down(words: Any, base: Any, fmt: Any, root: Any, levels: Any, frame: Any) -> Any:
+    """Where a way down towards `frame` ends: (level, entry, table of level 1 if the level is 1).  Level 0: a
+    table lies in no memory."""
+    table, level, entry = root, levels, _NONE
+    while level > _ONE:
+        entry = _load(words, (table - base >> _THREE) + (frame >> _INDEX_BITS * (level - _ONE) & _INDEX_MASK))
+        if entry & fmt[level + level] != fmt[level + level + _ONE]:
+            break
+        table = entry & fmt[_ADDRESS]
+        level -= _ONE
+        if table < base or (table - base >> _THREE) + _ENTRIES > np.uint64(words.size):
+            return _NONE, entry, table
+    return level, entry, table
+
+
 def _edit_leaves(
     words: Any,
     base: Any,
@@ -71,49 +87,52 @@ def _edit_leaves(
     first_wanted: Any,
     limit: Any,
 ) -> Any:
-    changed = lost = gone = entry = rule = _NONE
+    changed = had = _NONE
+    keep = ~clear
     leaf_mask, leaf_value = fmt[_LEAF + _ONE + _ONE], fmt[_LEAF + _THREE]
     while frame < end and changed < limit:
-        table, level = root, levels
-        while level > _ONE:
-            at = (table - base >> _THREE) + (frame >> _INDEX_BITS * (level - _ONE) & _INDEX_MASK)
-            entry = _load(words, at)
-            rule = level + level
-            if entry & fmt[rule] != fmt[rule + _ONE]:
-                break
-            table = entry & fmt[_ADDRESS]
-            level -= _ONE
-            if table < base or (table - base >> _THREE) + _ENTRIES > np.uint64(words.size):
-                return frame, changed, lost, gone
+        level, entry, table = _down(words, base, fmt, root, levels, frame)
+        rule = _LEAF + level + level
+        if level == _NONE or (level > _ONE and entry & fmt[rule] == fmt[rule + _ONE]):
+            break
         if level > _ONE:
-            if entry & fmt[_LEAF + rule] == fmt[_LEAF + rule + _ONE]:
-                break
             shift = _INDEX_BITS * (level - _ONE)
             frame = (frame >> shift) + _ONE << shift
             continue
         at = (table - base >> _THREE) + (frame & _INDEX_MASK)
         stop = min(end, (frame >> _INDEX_BITS) + _ONE << _INDEX_BITS)
+        if wanted.size == 0 and save == _NONE and stop - frame <= limit - changed:  # half the time (0029)
+            last = at + (stop - frame)
+            while at < last:
+                entry = _load(words, at)
+                if entry & leaf_mask == leaf_value:
+                    new = entry & keep
+                    if new != entry:
+                        _store(words, at, new)
+                        changed += _ONE
+                        had |= entry
+                at += _ONE
+            frame = stop
+            continue
         while frame < stop and changed < limit:
             entry = _load(words, at)
             page = frame - first_wanted
             if entry & leaf_mask == leaf_value and (
                 wanted.size == 0 or np.uint64(wanted[page >> _THREE]) >> (page & _SEVEN) & _ONE
             ):
-                new = entry & ~clear | (entry & save) << _SAVED_SHIFT
+                new = entry & keep | (entry & save) << _SAVED_SHIFT
                 if new != entry:
                     _store(words, at, new)
                     changed += _ONE
-                    lost |= entry & ~new
-                    if new == _NONE:
-                        gone += _ONE
+                    had |= entry
             at += _ONE
             frame += _ONE
-    return min(frame, end), changed, lost, gone
+    return min(frame, end), changed, had & clear
 
 
 def _compiled(function: Any, *arguments: Any) -> Any:
     """Kept beside this file or among the user's, where one of both can be written to."""
-    signature = types.UniTuple(_U64, 4)(*arguments)
+    signature = types.UniTuple(_U64, 3)(*arguments)
     try:
         return njit(signature, cache=True)(function)
     except RuntimeError:  # nowhere to keep it
@@ -155,7 +174,8 @@ class Kernels:
         if rules is None:
             rules = self._formats[fmt] = _rules(fmt)
         where = self._words, self._base, rules, root, levels, start, end
-        return RangeChange(*_edit(*where, edit.clear, edit.save, bits, base, limit))
+        reached, changed, lost = _edit(*where, edit.clear, edit.save, bits, base, limit)
+        return RangeChange(reached, changed, lost, gone=changed if edit.clear == ALL_BITS else 0)
 
 
 def _rules(fmt: TableFormat) -> Any:

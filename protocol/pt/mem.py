@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import cache
 
 from protocol.pt import bits
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES
@@ -50,6 +51,11 @@ class TableReader:
         """`count` entries side by side, likewise."""
         first = self._index(hpa, count)
         return self.words[first : first + count].tolist()
+
+    def count(self, table: Hpa, mask: int, value: int) -> int:
+        """How many of a page's entries have `value` under `mask`, which is of bits of one byte."""
+        which, is_one = _byte_of(mask, value)
+        return bytes(self.pages(table, 1))[which::ENTRY_BYTES].translate(is_one).count(1)
 
     def pages(self, table: Hpa, count: int) -> memoryview:
         """`count` pages from `table` on, as they lie in memory."""
@@ -107,6 +113,15 @@ class TableWriter(TableReader):
         first = self._index(table, ENTRIES)
         self.words[first : first + ENTRIES] = _ZERO_TABLE
         self._linked.discard(table)
+
+
+@cache
+def _byte_of(mask: int, value: int) -> tuple[int, bytes]:
+    """Which byte of an entry says so, and for each that it may be whether it does."""
+    which = (mask.bit_length() - 1) // 8
+    within, wanted = mask >> 8 * which, value >> 8 * which
+    assert within << 8 * which == mask, f"{mask:#x} is more than a byte"
+    return which, bytes(byte & within == wanted for byte in range(256))
 
 
 _ZERO_TABLE = memoryview(array("Q", bytes(PAGE_SIZE)))

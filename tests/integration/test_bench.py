@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import against
-from bench.contenders import Loop, Program
+from bench.contenders import Loop, Part, Program
 from bench.figures import FIGURES
 from bench.harness import Bench, Contender
 from bench.ours.fault import WAY
@@ -22,6 +22,8 @@ SAMPLES = 400
 
 
 def is_ours(contender: Contender) -> bool:
+    if isinstance(contender, Part):
+        return is_ours(contender.whole.participant)
     return isinstance(contender, Loop) or (
         isinstance(contender, Program) and contender.module.startswith("bench.ours.")
     )

@@ -62,8 +62,7 @@ def runs(bitmap: bytes) -> Iterator[tuple[int, int]]:
     start = None
     for at in range(0, len(bitmap), _BLOCK_BYTES):
         block = bitmap[at : at + _BLOCK_BYTES]
-        words = struct.unpack(f"<{len(block) // 8}Q", block) if block.strip(b"\0") else (0,)
-        for i, word in enumerate(words):
+        for i, word in enumerate(_words(block)):
             page = at * 8 + i * WORD_PAGES
             if word and start is None:
                 start = page
@@ -72,3 +71,11 @@ def runs(bitmap: bytes) -> Iterator[tuple[int, int]]:
                 start = None
     if start is not None:
         yield start, len(bitmap) * 8
+
+
+def _words(block: bytes) -> tuple[int, ...]:
+    """Of a block, or the first for all where all are empty or none is."""
+    zeroes = block.count(0)
+    if zeroes in (0, len(block)):
+        return (len(block) - zeroes,)
+    return struct.unpack(f"<{len(block) // 8}Q", block)

@@ -71,16 +71,20 @@ class MapRecord:
         if not edit.clear & (bits.READ | bits.WRITE):
             return
         becomes = _ZAP if edit.clear & bits.READ else _PROTECT
-        for number in self._having(range(span.start >> INDEX_BITS, (span.end - 1 >> INDEX_BITS) + 1)):
-            region = self._regions[number]
-            begin = number << INDEX_BITS
-            start, end = max(span.start - begin, 0), min(span.end - begin, REGION)
-            if wanted is None or wanted.all_in(begin + start, begin + end):
-                self._own(number)[start:end] = region[start:end].translate(becomes)
+        regions = self._regions
+        whole = range(-(-span.start // REGION), span.end // REGION if wanted is None else 0)
+        for number in self._having(range(span.start // REGION, -(-span.end // REGION))):
+            if number in whole:
+                regions[number] = regions[number].translate(becomes)
+                continue
+            begin, own = number * REGION, self._own(number)
+            start, end = max(span.start, begin), min(span.end, begin + REGION)
+            if wanted is None or wanted.all_in(start, end):
+                part = slice(start - begin, end - begin)
+                own[part] = own[part].translate(becomes)
             else:
-                own = self._own(number)
-                for index in wanted.within(begin + start, begin + end):
-                    own[index - begin] = becomes[own[index - begin]]
+                for frame in wanted.within(start, end):
+                    own[frame - begin] = becomes[own[frame - begin]]
 
     def state(self, gfn: Gfn) -> int:
         region = self._regions.get(gfn >> INDEX_BITS)

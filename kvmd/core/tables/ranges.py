@@ -79,6 +79,8 @@ def _edit_at_once(
     start = cursor.frame
     if start >= cursor.end:
         return 0
+    if wanted is not None and wanted.all_in(start, cursor.end):
+        wanted = None  # nothing to ask of each
     where = root.format, root.hpa, root.role.level, start, cursor.end
     reached, changed, lost, gone = kernels.edit_leaves(*where, edit, wanted, limit)
     mmu.changed_leaves(root, GfnSpan(Gfn(start), Gfn(reached)), edit, wanted, lost, gone)

@@ -321,6 +321,10 @@ class TdpMmu:
         acked.
         """
         fmt = root.format
+        if level == LEVEL_4K:  # as nearly all are
+            root.leaves[LEVEL_4K] -= self.writer.count(table, *fmt.leaf[LEVEL_4K])
+            self._quarantine(root, table, level, epoch)
+            return
         for _, met_level, _, entries in Cursor(self.writer, fmt, table, level, with_tables=True):
             if fmt.is_table(entries[0], met_level):
                 self._quarantine(root, fmt.table_of(entries[0]), Level(met_level - 1), epoch)

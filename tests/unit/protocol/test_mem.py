@@ -10,6 +10,7 @@ import mmap
 import os
 import subprocess
 import sys
+from random import Random
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_a_page_that_is_only_partly_inside_is_outside() -> None:
     tables, _ = writer()
     with pytest.raises(TableOutside):
         tables.load_table(Hpa(BASE + 4096 + 8))
+
+
+def test_entries_are_counted_by_the_bits_of_one_byte() -> None:
+    tables, memory = writer()
+    memory[:] = Random(1).randbytes(len(memory))
+    for mask, value in ((1 << 59, 1 << 59), (0xFF, 0x37), (3 << 52, 2 << 52), (0x80, 0)):
+        entries = tables.load_table(Hpa(BASE + 4096))
+        assert tables.count(Hpa(BASE + 4096), mask, value) == sum(e & mask == value for e in entries) > 0
+    with pytest.raises(AssertionError, match="more than a byte"):
+        tables.count(Hpa(BASE), 0x180, 0x180)
 
 
 @pytest.mark.parametrize("hpa", [BASE + 1, BASE + 4, BASE + 4095])
