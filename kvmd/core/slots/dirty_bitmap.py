@@ -10,7 +10,8 @@ import struct
 from collections.abc import Iterator
 
 WORD_PAGES = 64
-_BLOCK_BYTES = 512  # looked at as one: most of a bitmap is zeroes
+_BLOCK_BYTES = 4096  # looked at as one: most of a bitmap is zeroes
+_NONE, _EVERY = bytes(_BLOCK_BYTES), b"\xff" * _BLOCK_BYTES
 
 
 def bitmap_bytes(npages: int) -> int:
@@ -74,8 +75,7 @@ def runs(bitmap: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _words(block: bytes) -> tuple[int, ...]:
-    """Of a block, or the first for all where all are empty or none is."""
-    zeroes = block.count(0)
-    if zeroes in (0, len(block)):
-        return (len(block) - zeroes,)
+    """Of a block, or one for all where every page or none is set."""
+    if block in (_NONE[: len(block)], _EVERY[: len(block)]):
+        return (block[0],)
     return struct.unpack(f"<{len(block) // 8}Q", block)

@@ -36,6 +36,7 @@ from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hva, Level
 
 MANUAL_PROTECT_ENABLE = 1
 MANUAL_INITIALLY_SET = 2
+_WALK_PAGES = 512  # entries of a ring that lie this close are protected in one walk
 _WHOLE_REGION = (1 << REGION_PAGES) - 1
 
 
@@ -195,7 +196,7 @@ class DirtyLog:
             taken = [entry for ring in self.rings.values() for entry in ring.take_back()]
             pages: dict[tuple[int, int], set[int]] = defaultdict(set)
             for entry in taken:
-                pages[entry.slot, entry.offset // REGION_PAGES].add(entry.offset)
+                pages[entry.slot, entry.offset // _WALK_PAGES].add(entry.offset)
             for (number, _), offsets in pages.items():
                 self._protect_offsets(number, offsets)
             if taken:
@@ -281,5 +282,7 @@ def _tells(slot: Memslot, first_page: int, bits: bytes, number: int, region: int
 
 
 def _tells_of(pages: Mapping[tuple[int, int], set[int]], number: int, region: int) -> int:
-    """Which are among `pages`, which are listed by slot and region."""
-    return sum(1 << page % REGION_PAGES for page in pages.get((number, region), ()))
+    """Which are among `pages`, which are listed by slot and walk."""
+    walks = REGION_PAGES // _WALK_PAGES
+    listed = [pages.get((number, walk), ()) for walk in range(region * walks, (region + 1) * walks)]
+    return sum(1 << page % REGION_PAGES for some in listed for page in some)

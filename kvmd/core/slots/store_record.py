@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from kvmd.core.slots.memslot import Memslot, Memslots
 from protocol.units import Gfn
 
-REGION_PAGES = 512  # are put down as one number, a bit a page
+REGION_PAGES = 4096  # are put down as one number, a bit a page
 
 Told = Callable[[int, int], int]  # which pages a report tells of, of (number of a slot, region of it)
 
