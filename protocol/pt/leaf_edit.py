@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from protocol.pt.bits import SAVED_SHIFT
 from protocol.pt.format import TableFormat
 from protocol.units import Gfn, Hpa, Level
 
@@ -18,14 +17,10 @@ ALL_BITS = (1 << 64) - 1
 
 
 class LeafEdit(NamedTuple):
-    """Each present leaf loses the bits of `clear`; those it had of `save` are kept at SAVED_SHIFT.  Made
-    twice it changes nothing the second time."""
+    """Each present leaf loses the bits of `clear`; those it had of `save` are kept at bits.SAVED_SHIFT."""
 
     clear: int
     save: int = 0
-
-    def of(self, entry: int) -> int:
-        return entry & ~self.clear | (entry & self.save) << SAVED_SHIFT
 
 
 class SomePages(NamedTuple):

@@ -21,6 +21,8 @@ ZAP = LeafEdit(ALL_BITS)
 WRITE_PROTECT = LeafEdit(bits.WRITE)
 CLEAR_DIRTY = LeafEdit(bits.DIRTY)
 CLEAR_ACCESSED = LeafEdit(bits.ACCESSED)
+# The same without A/D bits: no access at all, so that the next one faults [KVM mark_spte_for_access_track]
+# (RFC-99).
 TRACK_ACCESS = LeafEdit(bits.RWX, save=bits.READ | bits.EXEC)
 
 UNLIMITED = 1 << 52  # more frames than there are

@@ -31,14 +31,6 @@ def is_young(entry: int) -> bool:
     return entry & bits.ACCESSED != 0
 
 
-def aged(entry: int) -> int:
-    """The leaf as not used: A cleared; without A/D bits no access at all, R and X saved, so that the next one
-    faults [KVM mark_spte_for_access_track] (RFC-99)."""
-    if entry & bits.AD_TYPE_MASK == bits.AD_DISABLED:
-        return entry & ~bits.RWX | (entry & (bits.READ | bits.EXEC)) << bits.SAVED_SHIFT
-    return entry & ~bits.ACCESSED
-
-
 def restored(entry: int) -> int:
     """The leaf as it was before it was aged, but for W."""
     if not is_access_tracked(entry):
