@@ -90,10 +90,10 @@ def _costs(run: Run, contender: Contender) -> tuple[str, str]:
     if contender.name in run.missing:
         return "-", "-"
     typical = run.typical(contender)
-    return _cost(typical.p50, contender.unit), _cost(typical.p99, contender.unit)
+    return amount(typical.p50, contender.unit), amount(typical.p99, contender.unit)
 
 
-def _cost(value: float, unit: Unit) -> str:
+def amount(value: float, unit: Unit) -> str:
     for scale, word in SCALES[unit]:
         if value >= scale:
             return f"{value / scale:.3g} {word}"
@@ -120,9 +120,9 @@ def _breakdowns(run: Run, results: Sequence[Result]) -> list[str]:
             continue
         typical = run.typical(contender)
         if typical.parts:
-            lines.append(f"{contender.name}: {_cost(typical.p50, contender.unit)}, of which")
+            lines.append(f"{contender.name}: {amount(typical.p50, contender.unit)}, of which")
             lines += [
-                f"  {_cost(cost, contender.unit):>8}  {cost / typical.p50:4.0%}  {part}"
+                f"  {amount(cost, contender.unit):>8}  {cost / typical.p50:4.0%}  {part}"
                 for part, cost in typical.parts.items()
             ]
     return lines
