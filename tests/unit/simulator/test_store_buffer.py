@@ -177,7 +177,7 @@ class Caller:
 
 
 LISTENS = Path("kvmd.sock")
-NO_CALLS = {"monotonic_ns", "wall_ns", "event_of", "fileno", "detach", "fd", "view"}
+NO_CALLS = {"monotonic_ns", "wall_ns", "event_of", "fileno", "detach", "fd", "view", "compiled"}
 CALLS: dict[str, Callable[[Caller], object]] = {
     "accept": lambda it: it.listening.accept(),
     "close": lambda it: it.kernel.close(it.idle),
