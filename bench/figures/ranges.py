@@ -6,10 +6,8 @@ KVM that has two-dimensional page tables, where this machine has one, and agains
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from bench.contenders import CRival, InParts, Program
-from bench.harness import AtMost, Bench, Figure, NotMeasuredError, Row, Sample, Unit
+from bench.contenders import CRival, Given, InParts, Program
+from bench.harness import AtMost, Bench, Figure, NotMeasuredError, Row
 from bench.ours.ranges import pages_of
 from protocol.units import GIB, PAGE_SIZE
 
@@ -17,21 +15,12 @@ KVM = InParts(CRival("KVM", "kvm_log.c"))
 C_LOOP = InParts(CRival("C loop", "leaves.c"))
 
 
-@dataclass(frozen=True, slots=True)
-class OfOneGib:
-    """Milliseconds that were taken of 1 GiB, and are no limit of less."""
-
-    name: str
-    ms: float
-    unit: Unit = Unit.NS
-    pinned: bool = False
+class OfOneGib(Given):
+    """What was taken of 1 GiB, and is no limit of less."""
 
     def prepare(self, bench: Bench) -> None:
         if pages_of(bench.samples) * PAGE_SIZE != GIB:
             raise NotMeasuredError("it is of 1 GiB, and fewer samples are of less")
-
-    def measure(self, bench: Bench) -> Sample:
-        return Sample(self.ms * 1e6, self.ms * 1e6)
 
 
 def _count(bench: Bench) -> tuple[str, ...]:
@@ -60,7 +49,7 @@ RANGES = Figure(
             for change in ("zap", "write-protect", "age")
         ),
         *(
-            Row(SLOT.part(step), OfOneGib(f"a KVM, elsewhere: {ms:g} ms", ms), AtMost(share))
+            Row(SLOT.part(step), OfOneGib(f"a KVM, elsewhere: {ms:g} ms", ms * 1e6), AtMost(share))
             for step, (ms, share) in STEPS.items()
         ),
         *(Row(SLOT.part(step), KVM.part(step), AtMost(share)) for step, (_, share) in STEPS.items()),

